@@ -7,7 +7,7 @@ torch has a kernel for each of the two on a GPU, and none elsewhere. Both are op
 own here, so that a trace can see them as the kernels that a GPU runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Gradients = tuple[Tensor | None, Tensor | None]
+Means = Callable[[Tensor], Tensor]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -22,10 +23,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def row_means(x: Tensor) -> Tensor:
+    """Of [..., h] the means over h, [..., 1]."""
+    return x.mean(-1, keepdim=True)
+
+
 def rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """y [..., h] in the type of x, and rstd [..., 1]; scale [h]."""
     if not _one_kernel(x, scale):
-        return _rms_norm_parts(x, scale, eps)
+        return rms_norm_parts(x, scale, eps)
     result: tuple[Tensor, Tensor] = torch.ops.mist.rms_norm(x, scale, eps)
     return result
 
@@ -35,7 +41,7 @@ def rms_norm_gradients(
 ) -> Gradients:
     """dx in the type of x and dscale, each where `needs` says so."""
     if not _one_kernel(x, scale) or grad.dtype != x.dtype:
-        return _rms_norm_gradients_parts(grad, x, rstd, scale, needs)
+        return rms_norm_gradients_parts(grad, x, rstd, scale, needs)
     found: tuple[Tensor, Tensor] = torch.ops.mist.rms_norm_gradients(grad, x, rstd, scale, needs)
     dx, dscale = (each if need else None for each, need in zip(found, needs, strict=True))
     return dx, dscale
@@ -49,15 +55,19 @@ def norm_gradients(
     needs: Sequence[bool],
     *,
     centered: bool,
+    means: Means = row_means,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, scale and bias from the normalized rows, in fp32; `centered`: LayerNorm."""
+    """Gradients of x, scale and bias from the normalized rows, in fp32; `centered`: LayerNorm.
+
+    `means`: of rows, of which ranks may have a part each.
+    """
     grad_wide, rows = wide(grad), tuple(range(grad.dim() - 1))
     dx = None
     if needs[0]:
         scaled_grad = grad_wide if scale is None else grad_wide * wide(scale)
-        inner = scaled_grad - xhat * (scaled_grad * xhat).mean(-1, keepdim=True)
+        inner = scaled_grad - xhat * means(scaled_grad * xhat)
         if centered:
-            inner = inner - scaled_grad.mean(-1, keepdim=True)
+            inner = inner - means(scaled_grad)
         dx = inner * rstd
     dscale = (grad_wide * xhat).sum(rows) if needs[1] else None
     return dx, dscale, grad_wide.sum(rows) if needs[2] else None
@@ -68,18 +78,29 @@ def _one_kernel(x: Tensor, scale: Tensor | None) -> bool:
     return not isinstance(x, DTensor) and (scale is None or scale.dtype == x.dtype)
 
 
-def _rms_norm_parts(x: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_parts(
+    x: Tensor, scale: Tensor | None, eps: float, means: Means = row_means
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` in single operations."""
     x_wide = wide(x)
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.rsqrt(means(x_wide.square()) + eps)
     xhat = x_wide * rstd
     return (xhat if scale is None else xhat * wide(scale)).to(x.dtype), rstd
 
 
-def _rms_norm_gradients_parts(
-    grad: Tensor, x: Tensor, rstd: Tensor, scale: Tensor | None, needs: Sequence[bool]
+def rms_norm_gradients_parts(
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+    means: Means = row_means,
 ) -> Gradients:
+    """`rms_norm_gradients` in single operations."""
     xhat = wide(x) * rstd
-    dx, dscale, _ = norm_gradients(grad, xhat, rstd, scale, (*needs, False), centered=False)
+    dx, dscale, _ = norm_gradients(
+        grad, xhat, rstd, scale, (*needs, False), centered=False, means=means
+    )
     # In the types of what they are gradients of; scale [h] of Gemma is in fp32 already.
     dx = None if dx is None else dx.to(x.dtype)
     return dx, dscale if scale is None or dscale is None else dscale.to(scale.dtype)
@@ -89,7 +110,7 @@ def _rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tens
     if x.is_cuda:
         result: tuple[Tensor, Tensor] = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], scale, eps)
         return result
-    return _rms_norm_parts(x, scale, eps)
+    return rms_norm_parts(x, scale, eps)
 
 
 def _rms_norm_gradients(
@@ -99,7 +120,7 @@ def _rms_norm_gradients(
         run = torch.ops.aten._fused_rms_norm_backward
         found: Gradients = run(grad, x, [x.shape[-1]], rstd, scale, needs)
     else:
-        found = _rms_norm_gradients_parts(grad, x, rstd, scale, needs)
+        found = rms_norm_gradients_parts(grad, x, rstd, scale, needs)
     # An operation returns tensors: an empty one stands for what is not needed.
     dx, dscale = (x.new_empty(0) if each is None else each for each in found)
     return dx, dscale

@@ -366,10 +366,8 @@ def _lone_layers(blocks: StageBlocks, numerics: Numerics) -> Expr:
     but for the gradient of its input. Of small activations that is more than as the pass begins.
     """
     trainable = max_over(blocks.layers, "{x}_trainable_params")
-    fp32, least = (
-        term("fp32_bytes_per_param"),
-        least_of(blocks.layers, "{x}_{level}_kept_bytes"),
-    )
+    fp32 = term("fp32_bytes_per_param")
+    least = least_of(blocks.layers, "{x}_{level}_kept_bytes")
     copied = (term("lone_copies_bytes_per_param") - fp32) * trainable + _head_gradients(numerics)
     copied -= sym.larger(0, least - term("activation_bytes"))
     running = layer_backward(blocks, numerics, fp32 * trainable) - least

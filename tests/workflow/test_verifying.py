@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.verify import drawn, ends
 from mist.exec.dryrun.dry_run import look
-from mist.exec.observation import Seen
+from mist.exec.observation import Seen, StageVerified
 from mist.plans.file import save_plan
 from mist.plans.plan import Offload, Plan
 from mist.plans.workload import Precision, ScheduleKind
@@ -165,14 +165,23 @@ DEEP = {
 }
 
 
+def verified(
+    layout: HandLayout, sizes: str, seq_len: int, folder: Path
+) -> tuple[StageVerified, ...]:
+    """The stages of a layout on four ranks; `sizes`: width, layers, heads and vocabulary."""
+    model = folder / "deep.py"
+    numbers = f"{sizes}, {seq_len}"
+    model.write_text(PLAIN.read_text().replace("2048, 24, 16, 32000, 4096", numbers))
+    question = Question(
+        model=str(model), num_gpus=4, seq_len=seq_len, global_batch=16, gpu="h100-sxm"
+    )
+    return verify_plan(check_layout(question, layout).plan).stages
+
+
 @pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize("name", first_fast(DEEP))
 def test_layers_leave_nothing_behind_in_several_micro_batches(name: str, tmp_path: Path) -> None:
-    model = tmp_path / "deep.py"
-    sizes = "768, 12, 12, 512, 256"
-    model.write_text(PLAIN.read_text().replace("2048, 24, 16, 32000, 4096", sizes))
-    question = Question(model=str(model), num_gpus=4, seq_len=256, global_batch=16, gpu="h100-sxm")
-    for stage in verify_plan(check_layout(question, DEEP[name]).plan).stages:
+    for stage in verified(DEEP[name], "768, 12, 12, 512", 256, tmp_path):
         assert all(row.agrees for row in stage.collectives), stage.collectives
         assert abs(stage.difference_ratio) <= 0.03
 
@@ -205,11 +214,7 @@ LONE = {
 @pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize("name", first_fast(LONE))
 def test_the_last_backward_pass_of_lone_ranks_holds_a_buffer(name: str, tmp_path: Path) -> None:
-    model = tmp_path / "deep.py"
-    sizes = "1024, 6, 16, 512, 128"
-    model.write_text(PLAIN.read_text().replace("2048, 24, 16, 32000, 4096", sizes))
-    question = Question(model=str(model), num_gpus=4, seq_len=128, global_batch=16, gpu="h100-sxm")
-    for stage in verify_plan(check_layout(question, LONE[name]).plan).stages:
+    for stage in verified(LONE[name], "1024, 6, 16, 512", 128, tmp_path):
         assert -0.005 <= stage.difference_ratio <= 0.02
 
 

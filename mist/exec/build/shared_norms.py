@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.overrides import TorchFunctionMode
 
-from mist.layers.norm_kernels import wide
+from mist.layers.norm_kernels import rms_norm_gradients_parts, rms_norm_parts, row_means
 from mist.layers.norms import default_epsilon
 from mist.layers.recipes import apply_function
 from mist.trace.operations.sized_calls import uncounted
@@ -26,6 +26,10 @@ def _shared(mean: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """The mean over the ranks; each reads it for its own part, so gradients are parts of a sum."""
     parts = DTensor.from_local(mean / mesh.size(), mesh, (Partial(),), run_check=False)
     return parts.redistribute(placements=(Replicate(),)).to_local(grad_placements=(Partial(),))
+
+
+def _shared_row_means(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    return _shared(row_means(x), mesh)
 
 
 class _NormContext(FunctionCtx):
@@ -44,25 +48,18 @@ class _SharedNorm(torch.autograd.Function):
         eps: float,
         mesh: DeviceMesh,
     ) -> torch.Tensor:
-        x_wide = wide(x)
-        rstd = torch.rsqrt(_shared(x_wide.square().mean(-1, keepdim=True), mesh) + eps)
+        result, rstd = rms_norm_parts(x, weight, eps, partial(_shared_row_means, mesh=mesh))
         ctx.mesh = mesh
         ctx.save_for_backward(x, rstd, *([] if weight is None else [weight]))
-        xhat = x_wide * rstd
-        return (xhat if weight is None else xhat * wide(weight)).to(x.dtype)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _NormContext, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, *weights = ctx.saved_tensors
-        xhat, grad_wide = wide(x) * rstd, wide(grad)
-        scaled = grad_wide * wide(weights[0]) if weights else grad_wide
-        mean = _shared((scaled * xhat).mean(-1, keepdim=True), ctx.mesh)
-        dx = ((scaled - xhat * mean) * rstd).to(x.dtype)
-        if not weights:
-            return dx, None, None, None
-        dweight = (grad_wide * xhat).sum(tuple(range(grad.dim() - 1)))
-        return dx, dweight.to(weights[0].dtype), None, None
+        weight, means = next(iter(weights), None), partial(_shared_row_means, mesh=ctx.mesh)
+        needs = (True, weight is not None)
+        return (*rms_norm_gradients_parts(grad, x, rstd, weight, needs, means), None, None)
 
 
 class _SharedMeans(TorchFunctionMode):

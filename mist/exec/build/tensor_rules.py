@@ -85,8 +85,7 @@ class TensorRules:
     enter, of those that are given more (keywords behind positions); without one every activation
     does. `parts`: of modules that torch's parallel styles do not know, by parameter. `whole`:
     modules that need all tokens, in which nothing is divided. `norms`: modules whose norms go over
-    what ranks divide. `direct`: layer 0 takes the result of
-    the embedding as it is.
+    what ranks divide. `direct`: layer 0 takes the result of the embedding as it is.
     """
 
     regions: tuple[RegionRule, ...]
@@ -130,7 +129,7 @@ def tensor_rules(
         regions=regions,
         parts=_everywhere(_parts(model, sharding), like),
         whole=frozenset(_everywhere(dict.fromkeys(blocks), like)) - {r.block for r in regions},
-        norms=frozenset(_everywhere({names[each]: None for each in sharding.norms}, like)),
+        norms=frozenset(_everywhere(dict.fromkeys(names[each] for each in sharding.norms), like)),
         embedding=table,
         head=head,
         direct=table is not None and table == structure.direct,
